@@ -1,0 +1,97 @@
+"""Writes what the READMEs say about the book's contents: the page of each part, and the table of parts in README.md.
+
+Both follow from shared/toc.yml and the files found. `--check` writes nothing, prints one line for each page that
+differs and exits 1.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from shared.catalog import ROOT, Chapter, Part, Section, parts
+
+ROMAN = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII")
+BEGIN, END = "<!-- parts: written by tools/readme.py -->", "<!-- end of parts -->"
+
+
+def link(path: Path, start: Path, text: str | None = None) -> str:
+    return f"[{text or path.name}]({path.relative_to(start).as_posix()})"
+
+
+def progress(sections: list[Section]) -> str:
+    """'planned', '3 of 10 ready' or 'ready': how many sections have both a demo and a shortcut."""
+    ready = sum(section.state == "ready" for section in sections)
+    if ready == len(sections):
+        return "ready"
+    return f"{ready} of {len(sections)} ready" if any(section.demo for section in sections) else "planned"
+
+
+def section_row(section: Section, start: Path) -> str:
+    demo = link(section.demo, start) if section.demo else ""
+    shortcuts = "<br>".join(link(path, start) for path in section.shortcuts)
+    return f"| {section.number} | {section.title} | {demo} | {shortcuts} | {section.state} |"
+
+
+def chapter_block(chapter: Chapter, start: Path) -> str:
+    """A chapter under way as a table with links; a planned one as the list of its sections."""
+    title = f"Chapter {chapter.number}: {chapter.title}"
+    readme = chapter.folder / "README.md"
+    heading = f"## {link(readme, start, title) if readme.exists() else title}\n\n{progress(chapter.sections)}\n\n"
+    if not any(section.scripts for section in chapter.sections):
+        return heading + "\n".join(f"- {section.number} {section.title}" for section in chapter.sections)
+    rows = ["| section | title | demo | shortcut | state |", "|---|---|---|---|---|"]
+    return heading + "\n".join(rows + [section_row(section, start) for section in chapter.sections])
+
+
+def part_page(part: Part) -> str:
+    head = (f"# Part {ROMAN[part.number]}: {part.title}\n\n"
+            "`scalable run` with a section's number shows its demo, `scalable compare` its shortcut; "
+            "a section is *ready* when it has both. This page is written by `make readme`.\n\n")
+    return head + "\n\n".join(chapter_block(chapter, part.folder) for chapter in part.chapters) + "\n"
+
+
+def parts_table() -> str:
+    rows = ["| part | chapters | sections | state |", "|---|---|---|---|"]
+    for part in parts():
+        sections = [section for chapter in part.chapters for section in chapter.sections]
+        name = link(part.folder / "README.md", ROOT, f"{ROMAN[part.number]}. {part.title}")
+        chapters = f"{part.chapters[0].number} to {part.chapters[-1].number}"
+        rows.append(f"| {name} | {chapters} | {len(sections)} | {progress(sections)} |")
+    return "\n".join(rows)
+
+
+def front_page() -> str:
+    """README.md with the block between the markers written anew; everything else is kept as it is typed."""
+    before, begin, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"error: README.md has lost the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{parts_table()}\n{END}{after}"
+
+
+def pages() -> dict[Path, str]:
+    return {ROOT / "README.md": front_page()} | {part.folder / "README.md": part_page(part) for part in parts()}
+
+
+def drift() -> list[str]:
+    """One line for each page that does not say what the files say."""
+    return [
+        f"{path.relative_to(ROOT)} differs from shared/toc.yml and the files found: make readme"
+        for path, text in pages().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page differs")
+    if parser.parse_args().check:
+        sys.exit("\n".join(drift()) or 0)
+    for path, text in pages().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
