@@ -38,8 +38,8 @@ DTYPE_CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_DIMENSIONS = 8
 MAX_BYTES = 4 << 30  # a larger announced payload is an error in the frame, not an array of ours
 INLINE = 16 << 10  # payloads up to this size travel with their header, also on the shm wire
-SLOT = 256 << 10  # one slot of a shared-memory ring, and the piece in which a reduction is applied
-SLOTS = 4
+PIECE = 256 << 10  # what is received from a socket before it is reduced: it still lies in the cache
+SLOT, SLOTS = 1 << 19, 4  # a ring in shared memory: large slots spare the wake-ups that dominate on few cores
 
 now = time.monotonic  # one clock for all processes of a machine
 
@@ -91,6 +91,7 @@ LINKS = {
     for link in (
         Link(1e-4, 12.5e6, 9e-4, "100mbe"),
         Link(1e-4, 50e6, 9e-4, "400mbe"),
+        Link(1e-4, 100e6, 9e-4, "800mbe"),
         Link(5e-5, 125e6, 4.5e-4, "1gbe"),
         Link(2e-5, 1.25e9, 8e-5, "10gbe"),
         Link(2e-2, 12.5e6, 1e-4, "wan"),
@@ -294,7 +295,7 @@ class Transport:
         ring = rings or (lambda src, dst: None)
         self._out = {peer: _Outbox(peer, out, ring(rank, peer)) for peer, (out, _) in sockets.items()}
         self._in = {peer: _Inbox(into, ring(peer, rank)) for peer, (_, into) in sockets.items()}
-        self._scratch = np.empty(SLOT, np.uint8)
+        self._scratch = np.empty(PIECE, np.uint8)
         self._stats = Stats()
         self._self_messages: deque[tuple[int, np.ndarray]] = deque()
         self._barriers = 0
@@ -481,8 +482,9 @@ class Transport:
                 self._read_exact(box, src, tag, memoryview(flat).cast("B"), deadline)
             return
         token = memoryview(bytearray(1))
-        for start in range(0, nbytes, SLOT):
-            size = min(SLOT, nbytes - start)
+        step = SLOT if in_ring else PIECE
+        for start in range(0, nbytes, step):
+            size = min(step, nbytes - start)
             if in_ring:
                 self._read_exact(box, src, tag, token, deadline)
                 piece = box.ring[box.next_slot, :size]

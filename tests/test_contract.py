@@ -91,6 +91,10 @@ def test_names_and_docstring(script: Path) -> None:
     assert script.stem in tests, "no test names it"
 
 
+def test_every_demo_has_a_shortcut_and_the_reverse() -> None:
+    assert [s.number for s in catalog.sections() if bool(s.demo) != bool(s.shortcuts)] == []
+
+
 def test_every_script_belongs_to_a_section() -> None:
     found = {path for part in catalog.parts() for path in part.folder.glob("ch*/s[0-9]*_*.py")}
     assert found == set(SCRIPTS), "a script whose name is not that of a section of the table of contents"

@@ -27,7 +27,8 @@ SHORT = {name: name.removeprefix("recursive_").removesuffix("_doubling") for nam
 
 
 @demo("4.4", smoke=dict(workers=4, mebibytes=0.125, points=3, repeats=3),
-      laptop=dict(workers=8, mebibytes=8, points=7, repeats=3), cluster=dict(workers=64, mebibytes=64, link="none"))
+      laptop=dict(workers=8, mebibytes=8, points=7, repeats=3, link="800mbe"),
+      cluster=dict(workers=64, mebibytes=64, link="none"))
 def main(run: Run, workers: Annotated[int, Option(min=2)] = 4, mebibytes: float = 2.0, points: int = 5,
          repeats: int = 3, link: str = "400mbe", seed: int = 0) -> None:
     """Race the five algorithms.
@@ -94,18 +95,18 @@ def race(net, algorithms: dict, sizes: list[int], repeats: int, seed: int) -> di
     """On one rank: seconds, counts and errors of every algorithm at every size, in interleaved repeats."""
     results = {}
     for size in sizes:
-        inputs = {dtype: [make(seed, rank, size, dtype) for rank in range(net.size)] for dtype in ("int64", "float64")}
-        exact = {dtype: np.sum(values, axis=0) for dtype, values in inputs.items()}
+        mine = {dtype: make(seed, net.rank, size, dtype) for dtype in ("int64", "float64")}
+        exact = {dtype: sum(make(seed, rank, size, dtype) for rank in range(net.size)) for dtype in mine}
         for repeat in range(repeats + 1):  # the first one warms up, and is the one that is counted and checked
             for name, all_reduce in algorithms.items():
-                x = inputs["float64"][net.rank].copy()
+                x = mine["float64"].copy()
                 net.reset_stats()
                 elapsed = timed(net, lambda: all_reduce(net, x))
                 if repeat:
                     results[size, name]["seconds"].append(elapsed)
                     continue
                 sent, received = net.stats().sent_to(), net.stats().received_from()
-                whole = all_reduce(net, inputs["int64"][net.rank].copy())
+                whole = all_reduce(net, mine["int64"].copy())
                 results[size, name] = {
                     "seconds": [], "sent": (sent.messages, sent.bytes), "handled": sent.bytes + received.bytes,
                     "int64": float(np.abs(whole - exact["int64"]).max()),
@@ -152,10 +153,15 @@ def share(cells: list[dict], holds) -> float:
 
 def print_race(run: Run, k: int, cells: list[dict]) -> None:
     rows = [(human_bytes(cell["bytes"]),
-             *(f"{1e3 * cell['measured'][name].median:.2f} ({1e3 * cell['predicted'][name]:.2f})" for name in SHORT),
+             *(f"{digits(cell['measured'][name].median)} ({digits(cell['predicted'][name])})" for name in SHORT),
              SHORT[winner(cell["measured"])], SHORT[winner(cell["predicted"])]) for cell in cells]
     run.table(f"all-reduce over {k} processes, ms measured (predicted)", rows,
               ["buffer", *SHORT.values(), "fastest", "predicted"])
+
+
+def digits(seconds: float) -> str:
+    """Milliseconds with three digits."""
+    return f"{1e3 * seconds:.{2 if seconds < 0.01 else 1 if seconds < 0.1 else 0}f}"
 
 
 def record(run: Run, cells: list[dict], sizes: list[int]) -> None:
