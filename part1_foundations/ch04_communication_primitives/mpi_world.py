@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def launch(workers: int, fn: Callable, *args: Any, timeout: float = 120.0) -> li
         Path(folder, "job").write_bytes(encode((fn.__module__, fn.__qualname__, args)))
         places = {"OMPI_MCA_orte_tmpdir_base": folder, "OMPI_MCA_btl_vader_backing_directory": folder}
         command = [*DIE_WITH_US, executable("mpirun"), "-n", str(workers), sys.executable, "-m", __name__, folder]
-        with open(f"{folder}/log", "wb") as log:
+        with open(f"{folder}/log", "wb") as log, _swept(folder):
             process = subprocess.Popen(command, cwd=ROOT, env=os.environ | QUIET | places, stdin=subprocess.DEVNULL,
                                        stdout=log, stderr=log, start_new_session=True)
             try:
@@ -66,6 +66,17 @@ def launch(workers: int, fn: Callable, *args: Any, timeout: float = 120.0) -> li
             finally:
                 _end(process)
         return _results(Path(folder), workers)
+
+
+@contextlib.contextmanager
+def _swept(folder: str) -> Iterator[None]:
+    """Should this process be killed, a shell notices the end of its input and removes what mpirun could not."""
+    sweep = ["sh", "-c", 'read _; sleep 1; rm -rf "$0"', folder]
+    with subprocess.Popen(sweep, stdin=subprocess.PIPE, start_new_session=True) as sweeper:
+        try:
+            yield
+        finally:
+            sweeper.kill()
 
 
 def _end(process: subprocess.Popen) -> None:
