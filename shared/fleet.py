@@ -439,6 +439,8 @@ def _raise_descriptor_limit(wanted: int) -> None:
 
 def _worker(rank: int, size: int, ends: _Ends, memory: SharedMemory, fabric: Fabric | None,
             report: connection.Connection, fn: Callable, args: tuple) -> None:
+    global _counted_by_others
+    _counted_by_others = _peak_bytes() * (size - 1) // size  # the pages of the fork are everyone's: count them once
     _die_with_parent()
     _limit_threads()
     board = Board(memory, size)
@@ -509,6 +511,10 @@ def _failure(error: BaseException) -> tuple[str, tuple[str, str, bool], int]:
     return "error", (headline, "".join(frames.format()), isinstance(error, PeerLost)), _peak_bytes()
 
 
+_counted_by_others = 0
+
+
 def _peak_bytes() -> int:
+    """The most this worker ever held, less its fellows' share of what all inherited from the forkserver."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return (peak if sys.platform == "darwin" else peak * 1024) - _counted_by_others

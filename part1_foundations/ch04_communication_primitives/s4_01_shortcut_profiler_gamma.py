@@ -3,8 +3,8 @@
 Question   Can a profiler alone tell whether a real DDP step is network-bound?
 Method     Two processes take the same steps through our ring over TCP and through DDP on gloo, in turns, both links
            paced alike; the profiler's collective events give DDP's gamma.
-Read       Both agree on which side of 1 a batch falls. DDP's step is the shorter one: its gradients lie in the bucket
-           already, ours are gathered and written back by Python.
+Read       Both agree on which side of 1 a batch falls. DDP's step is the shorter one at the small batch: its gradients
+           lie in the bucket already, ours are gathered and written back by Python.
 Source     torch.profiler; torch.nn.parallel.DistributedDataParallel; gloo backend.
 """
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Question   What do torch's point-to-point calls take off our hands, and what does a message through them cost?
 Method     The same K processes run the hop all-reduce, the ring exchange and the even-ranks sum through our transport
            and through gloo in turns, on the same integers.
-Read       Ours wins: it adds each piece of a large message as it arrives, still in cache, where torch receives it
-           whole first; a small one passes through gloo's background thread.
+Read       Ours wins large messages: it adds each piece as it arrives, still in cache, where torch receives the whole
+           message first and adds then.
 Source     torch.distributed, gloo backend.
 """
 from __future__ import annotations
