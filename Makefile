@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify lint readme serving clean
+.PHONY: help demo test verify book record lint readme serving clean
 
 help:     ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +22,14 @@ test:     ## install what the tests need (torch, mpi4py, ...) and run them all
 verify:   ## check every claim of every section on this machine
 	@tools/bootstrap.sh test
 	@$(BIN)/scalable verify
+
+book:     ## render the book from the repository and the recorded results
+	@tools/bootstrap.sh book
+	@$(BIN)/scalable book
+
+record:   ## run what has no current record in the laptop preset and keep the results (minutes)
+	@tools/bootstrap.sh test
+	@$(BIN)/scalable record
 
 lint:     ## ruff
 	@tools/bootstrap.sh test

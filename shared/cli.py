@@ -1,8 +1,9 @@
-"""The `scalable` command: list, run, compare, verify, check, doctor."""
+"""The `scalable` command: list, run, compare, verify, check, record, book, doctor."""
 from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 import sys
 import time
 import traceback
@@ -155,6 +156,50 @@ def check(chapter: Annotated[str, typer.Argument(metavar="CHAPTER", help="Such a
     print_table(make_console(), ["exercise", "state", ""], rows, f"{folder.name}/{name}.py")
     print(f"{sum(grade.passed for grade in grades)} of {len(grades)} pass")
     return 0 if all(grade.passed for grade in grades) else 1
+
+
+@app.command()
+def record(where: Annotated[list[str] | None, typer.Argument(metavar="[WHERE]...", help=WHERE,
+                                                             autocompletion=_addresses)] = None,
+           check: Annotated[bool, typer.Option("--check", help="Run nothing; name what is missing or stale.")] = False,
+           ) -> int:
+    """Run scripts in the laptop preset and keep the results that the book shows. Without WHERE: those out of date."""
+    from shared import records
+
+    chosen = list(dict.fromkeys(section for place in where or [None] for section in catalog.find(place)))
+    if check:
+        found = [problem for section in chosen for problem in records.problems(section)]
+        if not where:
+            found += [f"{path.relative_to(catalog.ROOT)}: the book has no such section" for path in records.orphans()]
+        built = sum(bool(section.scripts) for section in chosen)
+        print("\n".join(found) or f"{built} sections, every record is current")
+        return 1 if found else 0
+    if not any(section.scripts for section in chosen):
+        raise _nothing_there(" ".join(where or []) or None, chosen)
+    due = [section for section in chosen if section.scripts and (where or records.problems(section))]
+    if absent := catalog.missing({need: 0 for section in due for path in section.scripts
+                                  for need in catalog.declaration(path).needs}):
+        raise absent[0]
+    code = 0
+    for section in due:
+        try:
+            for script, result in records.make(section):
+                done = f"{len(result['claims'])} claims  {result['seconds']:.1f} s"
+                print(f"{section.number:<5} {script.stem:<44} {done}", flush=True)
+        except ReaderError as error:
+            complain(error)
+            code = 1
+    if not due:
+        print("every record is current; name a section to record it anew")
+    return code
+
+
+@app.command()
+def book(fresh: Annotated[bool, typer.Option("--fresh", help="Build every page anew.")] = False) -> int:
+    """Render the book from the repository and the recorded results: book/_build/html/index.html."""
+    if absent := catalog.missing(["jupyter_book", "sphinx_mathjax_offline"]):
+        raise absent[0]
+    return subprocess.call([sys.executable, str(catalog.ROOT / "book" / "build.py"), *(["--fresh"] if fresh else [])])
 
 
 @app.command()

@@ -18,7 +18,7 @@ import time
 import tokenize
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -78,11 +78,11 @@ class Run:
 
     def claim(self, text: str, *, measured: Any, tolerance: float = 0.0, relative: float = 0.0, unit: str = "",
               timing: bool = False, **relation: Any) -> bool:
-        """Record whether `measured` stands in the one relation given: equals, at_least, at_most, above, below, between.
+        """Record whether `measured` stands in the one relation given, a key of RELATIONS (equals, at_least, ...).
 
         `between` takes (low, high). `tolerance` (absolute) and `relative` (a share of the expected value) widen any of
-        them. NaN never holds. Arrays and text go with `equals` only, where shapes must agree too. `timing` marks what
-        depends on a clock. Claims are printed at the end of the run.
+        them. NaN never holds. Arrays and text go with `equals` and `differs` only, where shapes must agree too.
+        `timing` marks what depends on a clock. Claims are printed at the end of the run.
         """
         if len(relation) != 1 or not relation.keys() <= RELATIONS.keys():
             given = ", ".join(relation) or "none"
@@ -90,6 +90,15 @@ class Run:
         [(kind, expected)] = relation.items()
         self.result.claims.append(make_claim(text, measured, kind, expected, tolerance, relative, unit, timing))
         return self.result.claims[-1]["holds"]
+
+    def erratum(self, what: str, *, printed: Any, computed: Any, why: str, relative: float = 0.01) -> None:
+        """A figure printed in the book that does not follow from its stated inputs: recorded, and claimed.
+
+        `computed` comes out of this run; the claim fails once both agree within `relative`.
+        """
+        self.claim(f"the book's {what} does not follow from its inputs", measured=computed, differs=printed,
+                   relative=relative)
+        self.result.errata.append({"what": what, "printed": plain(printed), "computed": plain(computed), "why": why})
 
     def record(self, name: str, value: Any) -> None:
         """Keep numbers, arrays or dicts for draw() and the JSON file. Keys become text, NaN and infinities null."""
@@ -109,8 +118,13 @@ class Run:
         return track(iterable, description=what, console=self.console, transient=True, refresh_per_second=2)
 
     def lines_of_code(self, ours: Iterable[Callable | ModuleType], library: Iterable[Callable | ModuleType]) -> None:
-        """Count, print and record the lines of code that each side needs."""
-        counted = {"ours": sum(map(code_lines, ours)), "library": sum(map(code_lines, library))}
+        """Count, print and record the lines of code that each side needs, and what was counted.
+
+        The rendered book shows what is named here as the essential lines of both sides, in this order.
+        """
+        sides = {"ours": list(ours), "library": list(library)}
+        counted: dict[str, Any] = {side: sum(map(code_lines, things)) for side, things in sides.items()}
+        counted["of"] = {side: list(map(_dotted, things)) for side, things in sides.items()}
         self.result.lines_of_code = counted
         library_name = self.result.library or "the library"
         self._line(f"lines of code: {counted['ours']} from scratch, {counted['library']} with {library_name}")
@@ -158,6 +172,7 @@ class Plan:
     json: Path | None
     plot: Path | None
     quiet: bool
+    against: dict[str, Any] | None = None  # the recorded result to compare with
 
 
 class Demo:
@@ -202,6 +217,8 @@ class Demo:
         """What the arguments ask for, checked before any work; 0 if it was help, which has then been printed."""
         plan = click_main(self._command(), argv, program or self.path.name)
         if isinstance(plan, Plan):
+            if plan.against and not plan.preset:
+                plan = replace(plan, overrides=plan.against["parameters"] | plan.overrides)
             self.settle(plan.preset, plan.overrides)
             if plan.plot:
                 self._draw(plan.plot)
@@ -217,6 +234,10 @@ class Demo:
         for claim in result.claims if plan.quiet else ():
             if not claim["holds"]:
                 print(f"claim failed: {describe(claim)}", file=sys.stderr)
+        if plan.against:
+            from shared.records import print_beside
+
+            print_beside(result.to_json(), plan.against)
         if plan.json:
             result.save(plan.json)
         if plan.plot:
@@ -259,14 +280,19 @@ class Demo:
         raise UsageError(f"{self.path.name} draws no figure: leave out --plot")
 
     def _command(self) -> click.Command:
-        """The signature as a typer command that returns a Plan: its parameters and the four options of every script."""
+        """The signature as a typer command that returns a Plan: its parameters and the five options of every script."""
         import typer
         from click.core import ParameterSource
 
         def collect(context: typer.Context, **values: Any) -> Plan:
             given = {name: values[name] for name in self.defaults
                      if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-            return Plan(values["preset"], given, values["json"], values["plot"], values["quiet"])
+            against = None
+            if values["against_record"]:
+                from shared.records import recorded
+
+                against = recorded(self.path)
+            return Plan(values["preset"], given, values["json"], values["plot"], values["quiet"], against)
 
         arguments = (self.function.__doc__ or "").partition("Args:")[2]
         described = HELP | dict(re.findall(r"^ +(\w+)(?: \(.*?\))?: (.+)$", arguments, re.MULTILINE))
@@ -283,6 +309,8 @@ class Demo:
         options["json"] = (Path | None, typer.Option(metavar="FILE", help="Write everything recorded to FILE."), None)
         options["plot"] = (Path | None, typer.Option(metavar="FILE", help="Draw the figure: .png, .svg or .pdf."), None)
         options["quiet"] = (bool, typer.Option("--quiet", help="Print failed claims only."), False)
+        beside = "Run with the parameters of the recorded run and print both results side by side."
+        options["against_record"] = (bool, typer.Option("--against-record", help=beside), False)
         keyword = inspect.Parameter.KEYWORD_ONLY
         signature = [inspect.Parameter("context", keyword, annotation=typer.Context)]
         signature += [inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, option])
@@ -319,6 +347,12 @@ def code_lines(thing: Callable | ModuleType | Demo) -> int:
     silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     return len({line for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in silent
                 for line in range(token.start[0], token.end[0] + 1)} - docstrings)
+
+
+def _dotted(thing: Callable | ModuleType | Demo) -> str:
+    """ "shared.demo:Run.claim" of a function or class, "shared.demo" of a module."""
+    thing = getattr(thing, "function", thing)
+    return thing.__name__ if inspect.ismodule(thing) else f"{thing.__module__}:{thing.__qualname__}"
 
 
 def _option(hint: Any) -> Any:

@@ -16,7 +16,8 @@ from shared import catalog
 from shared.files import write_atomically
 from shared.terminal import show
 
-RELATIONS = {"equals": "=", "at_least": ">=", "at_most": "<=", "above": ">", "below": "<", "between": "in"}
+RELATIONS = {"equals": "=", "differs": "!=", "at_least": ">=", "at_most": "<=", "above": ">", "below": "<",
+             "between": "in"}
 SHOWN = 8  # a claim keeps arrays of up to this many elements; of longer ones the shape and the largest difference
 
 
@@ -41,7 +42,8 @@ class Result:
     records: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     comparisons: list[dict[str, Any]] = field(default_factory=list)
-    lines_of_code: dict[str, int] | None = None
+    lines_of_code: dict[str, Any] | None = None
+    errata: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 
@@ -75,9 +77,13 @@ def holds(measured: Any, kind: str, expected: Any, tolerance: float = 0.0, relat
     """Whether the relation holds, widened by tolerance + relative * |expected|. NaN never does.
 
     Boundaries count, except for above and below. Arrays must have equal shapes, and without tolerance be exactly equal.
+    `differs` is the opposite of equals, and a NaN does not hold there either.
     """
     import numpy as np
 
+    if kind == "differs":
+        known = not any(np.asarray(side).dtype.kind == "f" and np.isnan(side).any() for side in (measured, expected))
+        return known and not holds(measured, "equals", expected, tolerance, relative)
     if kind == "equals":
         ours, theirs = np.asarray(measured), np.asarray(expected)
         if ours.shape != theirs.shape:

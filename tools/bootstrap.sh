@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Usage: tools/bootstrap.sh core|test|serving
+# Usage: tools/bootstrap.sh core|book|test|serving
 # Makes the virtual environment hold what a make target needs. A stamp inside it, keyed on the files that
 # decide the content, makes the second call a matter of milliseconds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-want=${1:?usage: tools/bootstrap.sh core|test|serving}
+want=${1:?usage: tools/bootstrap.sh core|book|test|serving}
 python=${PYTHON:-python3}
-test_extras=torch,mpi,sklearn,gym,models,spark,ray,test
-test_programs=(mpirun:openmpi-bin mpicc:libopenmpi-dev g++:g++ java:default-jre-headless redis-server:redis-server etcd:etcd-server) # program:Debian package
+test_extras=torch,mpi,sklearn,gym,models,spark,ray,book,test
+test_programs=(mpirun:openmpi-bin mpicc:libopenmpi-dev g++:g++ java:default-jre-headless redis-server:redis-server etcd:etcd-server chromium:chromium) # program:Debian package
 venv=.venv
 [ "$want" != serving ] || venv=.venv-serving
 
@@ -33,22 +33,29 @@ make_venv() {
     "$python" -m venv --clear "$venv" >/dev/null || fail "$python -m venv $venv failed"
 }
 
-debian_packages() { # installs them where it can (root and apt-get); false elsewhere, or when apt-get fails
-    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
+debian_packages() { # installs them where it can (apt-get, and root or sudo without a password); false elsewhere
+    command -v apt-get >/dev/null || return 1
+    local sudo=""
+    [ "$(id -u)" = 0 ] || { sudo -n true 2>/dev/null && sudo="sudo -n"; } || return 1
     say "installing Debian packages: $*"
     local log status=0
     log=$(mktemp)
-    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"; } \
+    { $sudo apt-get update -q && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"; } \
         </dev/null >"$log" 2>&1 || status=$?
     [ $status = 0 ] || say "apt-get failed: $(grep -m1 '^E:' "$log" || tail -n 1 "$log")"
     rm -f "$log"
     return $status
 }
 
+has_chrome() { # the browser test takes it as well
+    command -v google-chrome >/dev/null || [ -x "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome" ]
+}
+
 programs_for_tests() {
     local entry missing=""
     for entry in "${test_programs[@]}"; do
-        command -v "${entry%%:*}" >/dev/null || missing="$missing ${entry##*:}"
+        command -v "${entry%%:*}" >/dev/null || { [ "${entry%%:*}" = chromium ] && has_chrome; } ||
+            missing="$missing ${entry##*:}"
     done
     # shellcheck disable=SC2086
     [ -z "$missing" ] || debian_packages $missing || say "missing:$missing (apt-get install$missing); tests that need them are skipped"
@@ -57,6 +64,11 @@ programs_for_tests() {
 install_core() {
     say "installing the core (NumPy, Matplotlib, rich, typer, simpy) into $venv"
     pip install -c constraints.txt -e .
+}
+
+install_book() {
+    say "installing the core and jupyter-book into $venv"
+    pip install -c constraints.txt -e ".[book]"
 }
 
 install_test() {
@@ -80,6 +92,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$key" ]; then
     make_venv
     "install_$want"
     printf '%s\n' "$key" >"$stamp"
-    [ "$want" != test ] || cp "$stamp" "$venv/.installed-core"
+    case $want in # what holds more holds less
+        test) cp "$stamp" "$venv/.installed-book"; cp "$stamp" "$venv/.installed-core" ;;
+        book) cp "$stamp" "$venv/.installed-core" ;;
+    esac
     say "$venv is ready ($((SECONDS - started)) s)"
 fi

@@ -1,15 +1,19 @@
-"""Writes what the READMEs say about the book's contents: the page of each part, and the table of parts in README.md.
+"""Writes what the READMEs say about the book's contents: the page of each part, the table of parts, the figures.
 
-Both follow from shared/toc.yml and the files found. `--check` writes nothing, prints one line for each page that
+Pages follow from shared/toc.yml and the files found. Figures that a chapter's README shows (figures/s4_04.svg is that
+of Section 4.4) are drawn from the recorded results. `--check` writes nothing, prints one line for each file that
 differs and exits 1.
 """
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import tempfile
 from pathlib import Path
 
-from shared.catalog import ROOT, Chapter, Part, Section, parts
+from shared import plot, records
+from shared.catalog import ROOT, Chapter, Part, Section, load, parts
 
 ROMAN = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII")
 BEGIN, END = "<!-- parts: written by tools/readme.py -->", "<!-- end of parts -->"
@@ -70,14 +74,31 @@ def front_page() -> str:
     return f"{before}{BEGIN}\n{parts_table()}\n{END}{after}"
 
 
+def figures() -> dict[Path, str]:
+    """The figures that the READMEs of the chapters name, drawn anew where the section has a record."""
+    drawn = {}
+    for chapter in (chapter for part in parts() for chapter in part.chapters):
+        page = chapter.folder / "README.md"
+        named = re.findall(r"\(figures/(s\d+_(\d+)\.svg)\)", page.read_text("utf-8") if page.exists() else "")
+        for name, section in named:
+            script = next(s.demo for s in chapter.sections if s.number == f"{chapter.number}.{int(section)}")
+            if not records.load(f"{chapter.number}.{int(section)}"):
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                plot.save(plot.figure(records.recorded(script), load(script).draw), Path(scratch) / name)
+                drawn[chapter.folder / "figures" / name] = (Path(scratch) / name).read_text(encoding="utf-8")
+    return drawn
+
+
 def pages() -> dict[Path, str]:
-    return {ROOT / "README.md": front_page()} | {part.folder / "README.md": part_page(part) for part in parts()}
+    written = {part.folder / "README.md": part_page(part) for part in parts()}
+    return {ROOT / "README.md": front_page()} | written | figures()
 
 
 def drift() -> list[str]:
     """One line for each page that does not say what the files say."""
     return [
-        f"{path.relative_to(ROOT)} differs from shared/toc.yml and the files found: make readme"
+        f"{path.relative_to(ROOT)} differs from what the files and the records say: make readme"
         for path, text in pages().items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
@@ -89,7 +110,7 @@ def main() -> None:
     if parser.parse_args().check:
         sys.exit("\n".join(drift()) or 0)
     for path, text in pages().items():
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 def halving_doubling(rank: int, workers: int, x: np.ndarray, send: Callable[[int, np.ndarray], None],
                      recv: Callable[[int], np.ndarray]) -> np.ndarray:
-    """The sum of `x` (one-dimensional, the same length on every rank) over all `workers` ranks, on every rank.
+    """The sum of `x` (one-dimensional, as long on every rank) over all `workers` ranks, on every rank (Section 4.4).
 
     First halve: with partners at distance workers/2, workers/4, ..., 1 exchange the half of your current range that you
     give up for the half that you keep, and add. Then double: with the same partners in reverse, exchange the ranges.
@@ -35,7 +35,7 @@ def choose_algorithm(nbytes: float, workers: int, alpha: float, beta: float) -> 
 
 
 def all_to_all_v(outgoing: Sequence[np.ndarray], transport) -> list[np.ndarray]:
-    """Deliver `outgoing[d]` to rank d; return by source rank what was sent to this one. Sizes differ, may be 0.
+    """Deliver `outgoing[d]` to rank d; return by source rank what came to this one (Section 4.6). Sizes may be 0.
 
     `transport` has rank, size, send, isend, recv. Graded: random ragged sizes (every element must arrive exactly once
     and at the right place), and sockets of 4 KB, on which sending everything before receiving anything hangs.
@@ -44,7 +44,7 @@ def all_to_all_v(outgoing: Sequence[np.ndarray], transport) -> list[np.ndarray]:
 
 
 def schedule_buckets(layers: Sequence[tuple[float, float]], cap: float, alpha: float, beta: float) -> float:
-    """Seconds of one backward pass whose gradients are all-reduced in buckets while it runs.
+    """Seconds of one backward pass whose gradients are all-reduced in buckets while it runs (Section 4.10).
 
     layers: (backward seconds, gradient bytes) from the first layer to the last; the backward pass visits them from the
     last to the first. A layer joins the open bucket when its backward is done; the bucket closes once it holds `cap`

@@ -311,7 +311,8 @@ def main(run: Run) -> None:
         4.0,
     ]
     assert result.comparisons[0]["library"]["text"] == str(Timing((2.0, 4.0, 8.0)))
-    assert result.lines_of_code == {"ours": 4, "library": 1} and result.library == "torch"
+    names = {side: [f"{main.function.__module__}:{name}"] for side, name in (("ours", "ours"), ("library", "theirs"))}
+    assert result.lines_of_code == {"ours": 4, "library": 1, "of": names} and result.library == "torch"
     assert code_lines(main) == 4  # decorator, def and two statements
 
 
