@@ -27,8 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "faiss": "faiss-cpu", "yaml": "PyYAML", "fbgemm_gpu": "fbgemm-gpu-cpu",
                  "xgboost": "xgboost-cpu", "pyspiel": "open-spiel", "kafka": "kafka-python",
                  "torch_geometric": "torch-geometric",
-                 "sentence_transformers": "sentence-transformers", "jupyter_book": "jupyter-book",
-                 "sphinx_mathjax_offline": "sphinx-mathjax-offline"}
+                 "sentence_transformers": "sentence-transformers", "jupyter_book": "jupyter-book"}
 DEBIAN = {"mpirun": "openmpi-bin", "java": "openjdk-17-jre-headless", "redis-server": "redis-server",
           "etcd": "etcd-server",
           "postgres": "postgresql", "nginx": "nginx"}

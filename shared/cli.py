@@ -197,7 +197,7 @@ def record(where: Annotated[list[str] | None, typer.Argument(metavar="[WHERE]...
 @app.command()
 def book(fresh: Annotated[bool, typer.Option("--fresh", help="Build every page anew.")] = False) -> int:
     """Render the book from the repository and the recorded results: book/_build/html/index.html."""
-    if absent := catalog.missing(["jupyter_book", "sphinx_mathjax_offline"]):
+    if absent := catalog.missing(["jupyter_book"]):
         raise absent[0]
     return subprocess.call([sys.executable, str(catalog.ROOT / "book" / "build.py"), *(["--fresh"] if fresh else [])])
 

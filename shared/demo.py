@@ -234,7 +234,7 @@ class Demo:
         for claim in result.claims if plan.quiet else ():
             if not claim["holds"]:
                 print(f"claim failed: {describe(claim)}", file=sys.stderr)
-        if plan.against:
+        if plan.against and not plan.quiet:
             from shared.records import print_beside
 
             print_beside(result.to_json(), plan.against)

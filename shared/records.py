@@ -41,7 +41,13 @@ def record_file(section: str) -> Path:
 def load(section: str) -> dict[str, Any] | None:
     """The record of a section: {"section", "scripts": [{"sources": {file: hash}, "result": {...}}]}."""
     path = record_file(section)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"section": record["section"], "scripts": list(record["scripts"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReaderError(f"{path} is no record ({error}): remove it, then scalable record {section}") from error
 
 
 def recorded(script: Path) -> dict[str, Any]:
@@ -58,14 +64,13 @@ def problems(section: catalog.Section) -> list[str]:
     record = load(section.number)
     if record is None:
         return [f"{section.number}: no record"] if section.scripts else []
-    entries = {entry["result"]["script"]: entry for entry in record["scripts"]}
+    entries = {Path(entry["result"]["script"]).name: entry for entry in record["scripts"]}
     found = []
     for script in section.scripts:
-        name = script.relative_to(catalog.ROOT).as_posix()
-        if name not in entries:
+        if script.name not in entries:
             found.append(f"{section.number}: no record of {script.name}")
             continue
-        entry, now = entries.pop(name), sources(script)
+        entry, now = entries.pop(script.name), sources(script)
         if changed := sorted(file for file in now | entry["sources"] if now.get(file) != entry["sources"].get(file)):
             found.append(f"{section.number}: stale record of {script.name}: changed since: {', '.join(changed)}")
         if not entry["result"]["ok"]:
@@ -182,11 +187,12 @@ def _run(script: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="scalable-record-") as scratch:
         target = Path(scratch) / "result.json"
         command = [sys.executable, str(script), "--preset", PRESET, "--quiet", "--json", str(target)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                   process_group=0)  # Ctrl-C comes through this process alone
         try:
             _, errors = process.communicate()
         except BaseException:
-            process.send_signal(signal.SIGINT)  # so that it ends its own workers; it answers within seconds
+            process.send_signal(signal.SIGINT)  # once, so that it can end its own workers
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
@@ -196,6 +202,8 @@ def _run(script: Path) -> dict[str, Any]:
         if process.returncode:
             lines = [line for line in errors.splitlines() if line and not line.startswith(" ")] or ["no message"]
             raise ReaderError(f"{script.name} left with {process.returncode}, not recorded: {lines[-1]}")
+        if not target.exists():
+            raise ReaderError(f"{script.name} reported nothing, not recorded: it must end with main.cli()")
         return json.loads(target.read_text(encoding="utf-8"))
 
 

@@ -438,3 +438,21 @@ def test_check_grades_exercises_and_solutions(house: House, argv: list[str], cod
     (house.chapter / "solutions.py").write_text("value = 1\n")
     done = house.run(*argv)
     assert done.returncode == code and done.stdout.endswith(f"{tally}\n") and ("FAILED" in done.stdout) is (code == 1)
+
+
+# book
+
+
+def test_book_without_its_libraries_names_the_extra_and_otherwise_runs_the_generator(monkeypatch) -> None:
+    from shared import cli
+    from shared.errors import MissingDependency
+
+    asked = []
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: asked.append(command) or 7)
+    monkeypatch.setattr(catalog, "missing", lambda needs: [MissingDependency(next(iter(needs)), extra="book")])
+    with pytest.raises(MissingDependency, match=r"\[book\]"):
+        cli.book()
+    monkeypatch.setattr(catalog, "missing", lambda needs: [])
+    assert cli.book() == 7 and cli.book(fresh=True) == 7
+    assert [command[2:] for command in asked] == [[], ["--fresh"]]
+    assert all(command[:2] == [sys.executable, str(catalog.ROOT / "book" / "build.py")] for command in asked)
