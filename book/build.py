@@ -25,7 +25,7 @@ import yaml  # noqa: E402
 from book.contents import Book  # noqa: E402
 from book.figures import svg  # noqa: E402
 from book.pages import contents, navigation, pages  # noqa: E402
-from shared.errors import ReaderError  # noqa: E402
+from shared.errors import MissingDependency, ReaderError  # noqa: E402
 from shared.terminal import guarded  # noqa: E402
 
 
@@ -83,8 +83,11 @@ def render(output: Path, fresh: bool = False) -> None:
 
 def mathjax() -> Path:
     """The one file of MathJax that draws formulas without fonts, from the package that carries it."""
-    files = metadata.files("sphinx-mathjax-offline") or []
-    return Path(next(file for file in files if file.name == "tex-svg.js").locate())
+    try:
+        files = metadata.files("sphinx-mathjax-offline")
+        return Path(next(file for file in files if file.name == "tex-svg.js").locate())
+    except metadata.PackageNotFoundError:
+        raise MissingDependency("sphinx-mathjax-offline", extra="book") from None
 
 
 def _frame(source: Path) -> str:

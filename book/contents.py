@@ -89,7 +89,8 @@ class Book:
 
     def mistakes(self) -> list[str]:
         """What the READMEs declare that cannot be: unknown sections, a return before its beginning, a term twice."""
-        lines = []
+        lines = [f"Chapter {chapter.number} has built sections and no README.md" for chapter in self.chapters
+                 if chapter not in self.open_chapters and any(section.demo for section in chapter.sections)]
         order = {number: place for place, number in enumerate(self.sections)}
         for thread in self.threads:
             lines += [f"thread {thread.name!r}: the book has no section {n}" for n in thread.sections if n not in order]

@@ -29,10 +29,19 @@ def is_kept(child: psutil.Process) -> bool:
         return True
 
 
+def belongs_to(child: psutil.Process, before: set[psutil.Process]) -> bool:
+    """Whether what started it was already running: a browser or a Ray of the session starts helpers when it likes."""
+    try:
+        return any(parent in before for parent in child.parents())
+    except psutil.NoSuchProcess:
+        return True
+
+
 def left_behind(before: set[psutil.Process]) -> list[str]:
     """Ends the processes that were started since `before` and outlived the grace period; returns one line for each."""
     deadline = time.monotonic() + GRACE_SECONDS
-    while (left := running_children() - before) and time.monotonic() < deadline:
+    while (left := {child for child in running_children() - before if not belongs_to(child, before)}) and (
+            time.monotonic() < deadline):
         time.sleep(0.02)
     lines = []
     for child in left:

@@ -38,6 +38,28 @@ def test_forkserver_may_stay():
     child.start()
     child.join()
 """
+ENGINE = """
+import subprocess, sys, time
+from pathlib import Path
+import pytest
+STARTS_A_HELPER = '''
+import subprocess, sys, time
+sys.stdin.readline()
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(helper.pid, flush=True)
+sys.stdin.readline()
+helper.kill()
+helper.wait()
+'''
+@pytest.fixture(scope="session", autouse=True)
+def engine():
+    with subprocess.Popen([sys.executable, "-c", STARTS_A_HELPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process:
+        yield process
+def test_makes_the_engine_start_a_helper(engine):
+    print("now", file=engine.stdin, flush=True)
+    assert engine.stdout.readline().strip().isdigit()
+"""
 SKIPS = """
 import pytest
 @pytest.mark.skip(reason="needs the extra spark")
@@ -72,6 +94,11 @@ def test_a_process_left_behind_fails_the_test_and_is_ended(tmp_path: Path, sourc
     assert run.returncode == 1 and "2 passed, 1 error" in run.stdout, run.stdout
     assert f"left running after the test: pid {pid}: " in run.stdout and command in run.stdout
     assert not psutil.pid_exists(int(pid))
+
+
+def test_the_helper_of_an_engine_of_the_session_may_stay(tmp_path: Path) -> None:
+    run = suite(tmp_path, ENGINE, ci=False)
+    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout
 
 
 def test_the_forkserver_may_stay(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from shared import plot, records
 from shared.catalog import ROOT, Chapter, Part, Section, load, parts
 
 ROMAN = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII")
+COORDINATE = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+ELEMENT = re.compile(r"\b[a-z][0-9a-f]{10}\b")  # an id, made of a hash of what it draws
 BEGIN, END = "<!-- parts: written by tools/readme.py -->", "<!-- end of parts -->"
 
 
@@ -95,13 +97,25 @@ def pages() -> dict[Path, str]:
     return {ROOT / "README.md": front_page()} | written | figures()
 
 
+def outdated() -> dict[Path, str]:
+    """The pages and figures that do not say what the files say, with what they should say."""
+    return {path: text for path, text in pages().items()
+            if not path.exists() or not same(path.read_text(encoding="utf-8"), text)}
+
+
+def same(old: str, new: str) -> bool:
+    """Equal texts; in a figure, coordinates within a hundredth of a point: processors round differently."""
+    if old == new or "<svg" not in new:
+        return old == new
+    shapes = [COORDINATE.sub("0", ELEMENT.sub("id", text)) for text in (old, new)]
+    coordinates = [[float(number) for number in COORDINATE.findall(ELEMENT.sub("id", text))] for text in (old, new)]
+    return shapes[0] == shapes[1] and all(abs(a - b) < 0.01 for a, b in zip(*coordinates, strict=True))
+
+
 def drift() -> list[str]:
     """One line for each page that does not say what the files say."""
-    return [
-        f"{path.relative_to(ROOT)} differs from what the files and the records say: make readme"
-        for path, text in pages().items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
+    return [f"{path.relative_to(ROOT)} differs from what the files and the records say: make readme"
+            for path in outdated()]
 
 
 def main() -> None:
@@ -109,7 +123,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page differs")
     if parser.parse_args().check:
         sys.exit("\n".join(drift()) or 0)
-    for path, text in pages().items():
+    for path, text in outdated().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 

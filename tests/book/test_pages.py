@@ -173,8 +173,9 @@ def test_threads_lead_forth_and_back(book_pages) -> None:
         for number in thread.sections:
             assert f"{number} {md.plain(book.sections[number].title)}" in page
         for number in thread.begins:
-            later = ", ".join(thread.returns)
-            assert f"begins here and returns in {later}" in book_pages[document(book.sections[number])]
+            here = document(book.sections[number])
+            later = ", ".join(pages._number(book, other, here) for other in thread.returns)
+            assert f"begins here and returns in {later}" in book_pages[here]
 
 
 def test_exercises_stand_on_the_page_of_their_section(book_pages) -> None:
@@ -221,6 +222,12 @@ def test_impossible_threads_are_named(threads: list[Thread], complaint: str) -> 
     book = Book()
     book.threads = threads
     assert any(complaint in line for line in book.mistakes()), book.mistakes()
+
+
+def test_a_chapter_with_sections_needs_a_page() -> None:
+    book = Book()
+    book.open_chapters = [chapter for chapter in book.open_chapters if chapter.number != 4]
+    assert any("Chapter 4 has built sections and no README.md" in line for line in book.mistakes())
 
 
 @pytest.mark.parametrize(("section", "complaint"),
