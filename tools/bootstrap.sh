@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 want=${1:?usage: tools/bootstrap.sh core|book|test|serving}
 python=${PYTHON:-python3}
-test_extras=torch,mpi,sklearn,gym,models,sql,spark,ray,deepspeed,federated,retrieval,games,hpo,book,test
+test_extras=torch,mpi,sklearn,gym,models,spark,ray,book,test
 test_programs=(mpirun:openmpi-bin mpicc:libopenmpi-dev g++:g++ java:default-jre-headless redis-server:redis-server etcd:etcd-server chromium:chromium) # program:Debian package
 venv=.venv
 [ "$want" != serving ] || venv=.venv-serving
