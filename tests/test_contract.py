@@ -15,7 +15,7 @@ import jsonschema
 import psutil
 import pytest
 
-from shared import catalog
+from shared import catalog, engines
 
 SCRIPTS = [script for section in catalog.sections() for script in section.scripts]
 SCHEMA = json.loads((catalog.ROOT / "shared" / "result.schema.json").read_text())
@@ -45,7 +45,10 @@ def test_smoke_run(script: Path, tmp_path: Path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     before = shared_memory()
     draws = "def draw(" in script.read_text()
-    code = cli(script, "--preset", "smoke", "--json", "result.json", *(["--plot", "figure.png"] if draws else []))
+    try:
+        code = cli(script, "--preset", "smoke", "--json", "result.json", *(["--plot", "figure.png"] if draws else []))
+    finally:
+        engines.stop()  # Spark and Ray live as long as the process that started them, which here is pytest
     printed = capfd.readouterr()
     assert code == 0, printed.out + printed.err
     result = json.loads((tmp_path / "result.json").read_text())

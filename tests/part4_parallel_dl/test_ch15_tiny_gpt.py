@@ -10,7 +10,8 @@ from part4_parallel_dl.ch15_data_parallel.tiny_gpt import GPTConfig, TinyGPT, ba
 SMALL = GPTConfig(context=16, width=32, heads=2, layers=2)
 
 
-@pytest.mark.parametrize("config", [SMALL, GPTConfig(), GPTConfig(vocabulary=17, context=5, width=12, heads=3, layers=1)])
+@pytest.mark.parametrize("config", [
+    SMALL, GPTConfig(), GPTConfig(vocabulary=17, context=5, width=12, heads=3, layers=1)])
 def test_the_formula_counts_its_parameters(config):
     assert sum(p.numel() for p in TinyGPT(config).parameters()) == config.parameters
 
