@@ -62,7 +62,7 @@ def both_small_upside_down(net, *args):
 
 
 def both_large_upside_down(net, *args):
-    return _upside_down(600)(net, *args)
+    return _upside_down(2000)(net, *args)
 
 
 def both_with_a_skipped_all_reduce(net, *args):
