@@ -24,6 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import psutil
+
 from shared.errors import MissingDependency, ReaderError, UsageError
 
 if TYPE_CHECKING:
@@ -87,11 +89,17 @@ def _start_spark(master: str | None) -> SparkSession:
     if master is None:
         os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
     builder = SparkSession.builder.master(master or "local[*]").config(map=options)
+    before = set(psutil.Process().children(recursive=True))
     try:
         with _stderr_into(log := Path(folder, "jvm.log")):
             session = builder.getOrCreate()
     except Exception as error:
         raise ReaderError(f"Spark did not start: {_complaint(log, error)}") from error
+    except BaseException:  # Ctrl-C: pyspark has lost sight of a half started JVM, which need not end by itself
+        for child in set(psutil.Process().children(recursive=True)) - before:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        raise
     _running.callback(_stop_spark, session)
     return session
 

@@ -286,6 +286,30 @@ def test_spark_dies_with_a_killed_parent(tmp_path):
     assert pids and all_gone(pids, within=5)
 
 
+@needs_spark
+@needs_java
+@pytest.mark.spark
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.0, 1.0])
+def test_an_interrupt_while_spark_starts_leaves_no_java(tmp_path, after):
+    """pyspark knows of its JVM only once that has answered, and a JVM without its parent may not end by itself."""
+    process = script("engines.spark()", tmp_path)
+    try:
+        deadline, parent = time.monotonic() + 20, psutil.Process(process.pid)
+        while not (started := [child for child in parent.children(recursive=True) if child.name() == "java"]) and (
+                time.monotonic() < deadline):
+            time.sleep(0.01)
+        time.sleep(after)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+    finally:
+        process.kill()
+    left = [child for child in started if child.is_running() and child.status() != "zombie"]
+    for child in left:
+        child.kill()
+    assert started and not left
+
+
 @pytest.mark.spark
 @needs_spark
 @needs_java
