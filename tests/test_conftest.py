@@ -39,11 +39,10 @@ def test_forkserver_may_stay():
     child.join()
 """
 ENGINE = """
-import subprocess, sys, time
-from pathlib import Path
+import subprocess, sys
 import pytest
 STARTS_A_HELPER = '''
-import subprocess, sys, time
+import subprocess, sys
 sys.stdin.readline()
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(helper.pid, flush=True)

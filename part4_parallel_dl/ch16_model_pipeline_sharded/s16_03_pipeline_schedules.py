@@ -85,7 +85,7 @@ def main(run: Run, stages: Annotated[int, Option(min=2)] = 4, micro_batches: int
         note=f"M micro-batches; the formula for GPipe and 1F1B is M/(M+{stages - 1})")
     deadlock = find_deadlock([*one_f_one_b(stages, shown)[:-1], gpipe(stages, shown)[-1]])
     run.note(f"1F1B with GPipe on its last stage: {deadlock}")
-    run.record("gantt", {name: steps[name, shown] for name in SCHEDULES})
+    run.record("gantt", {name: since_start(steps[name, shown]) for name in SCHEDULES})
 
     formula = {m: (stages - 1) / (m + stages - 1) for m in counts}
     run.claim("the bubble of GPipe and 1F1B is (S-1)/(M+S-1), for every M (largest gap)", at_most=0.06, timing=True,
@@ -198,6 +198,13 @@ def length(spans: list[list[Span]]) -> float:
     return max(mine[-1].end for mine in spans) - min(mine[0].begin for mine in spans)
 
 
+def since_start(spans: list[list[Span]]) -> list[list[Span]]:
+    """The same spans in microseconds, rounded, from the first instruction on."""
+    start = min(mine[0].begin for mine in spans)
+    return [[Span(do, round(1e6 * (begin - start)), round(1e6 * (end - start))) for do, begin, end in mine]
+            for mine in spans]
+
+
 def find_deadlock(lists: Lists) -> str:
     """Who would wait for what, or "" if the lists run to their end."""
     try:
@@ -211,16 +218,15 @@ def draw(result: dict, axes) -> None:
     axes.set_axis_off()
     axes.figure.set_figheight(5.6)
     schedules = result["records"]["gantt"]
-    starts = {name: min(ranks[0][0][1:]) for name, ranks in schedules.items()}
-    longest = max(ranks[0][-1][2] - starts[name] for name, ranks in schedules.items())  # the first rank ends last
+    longest = max(ranks[0][-1][2] for ranks in schedules.values())  # the first rank ends last
     for i, (name, ranks) in enumerate(schedules.items()):
         panel = axes.inset_axes([0.04, 0.76 - 0.24 * i, 0.96, 0.21])
         for rank, spans in enumerate(ranks):
             for (what, chunk, _), begin, end in spans:
-                panel.barh(rank, 1e3 * (end - begin), left=1e3 * (begin - starts[name]), height=0.9,
+                panel.barh(rank, (end - begin) / 1e3, left=begin / 1e3, height=0.9,
                            color=f"C{'FBIW'.index(what)}", alpha=0.55 if chunk >= len(ranks) else 1,
                            edgecolor="white", linewidth=0.4)
-        panel.set(ylabel=name, xlim=(0, 1.01e3 * longest), yticks=range(len(ranks)), ylim=(len(ranks) - 0.5, -0.5))
+        panel.set(ylabel=name, xlim=(0, 1.01e-3 * longest), yticks=range(len(ranks)), ylim=(len(ranks) - 0.5, -0.5))
         panel.grid(False)
         if i + 1 < len(schedules):
             panel.set_xticklabels([])

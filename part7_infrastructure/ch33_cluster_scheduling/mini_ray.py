@@ -7,6 +7,7 @@
 
 Objects    A value is sealed into an anonymous memory segment (memfd), which the kernel then refuses to anyone's writes.
            Readers get its file descriptor and map it: nothing is copied, and nothing has a name that could be left.
+           (Ray's store maps one region once and reuses its pages, which spares a large object most of its cost.)
            Each worker keeps what its tasks returned, as a node of Ray does; when it dies, that is lost.
 Head       Owns the table of objects: where each lies, how many references it has, and the task that made it, its
            lineage. It hands a task to a worker once its arguments exist. (In Ray the process that submits a task keeps
@@ -473,6 +474,8 @@ class MiniRay:
     head, worker = staticmethod(head_process), staticmethod(worker_process)
 
     def __init__(self, workers: int) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise ReaderError("mini_ray needs Linux: its objects are sealed memory (memfd_create)")
         if workers > MOST_WORKERS:
             raise UsageError(f"at most {MOST_WORKERS} workers, got {workers}")
         self.workers, self.name = workers, f"mini_ray-{secrets.token_hex(4)}"

@@ -8,14 +8,17 @@ import sys
 import time
 from functools import cache
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from book import build
 from book.contents import Book, document
 from shared import catalog, records
 from shared.catalog import ROOT
+from shared.errors import MissingDependency
 from shared.terminal import show
 
 BUILT = [section for section in catalog.sections() if section.scripts]
@@ -153,3 +156,12 @@ def test_the_search_index_knows_every_page(rendered: Path, files) -> None:
     index = (rendered / "searchindex.js").read_text(encoding="utf-8")
     names = {path.relative_to(rendered).with_suffix("").as_posix() for path in own(files)} - {"search", "genindex"}
     assert all(f'"{name}"' in index for name in names)
+
+
+def test_absent_mathjax_is_one_line(monkeypatch) -> None:
+    def absent(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "files", absent)
+    with pytest.raises(MissingDependency, match=r"^sphinx-mathjax-offline is not installed: pip install -e '\.\[book"):
+        build.mathjax()

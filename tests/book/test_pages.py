@@ -173,9 +173,9 @@ def test_threads_lead_forth_and_back(book_pages) -> None:
         for number in thread.sections:
             assert f"{number} {md.plain(book.sections[number].title)}" in page
         for number in thread.begins:
-            here = document(book.sections[number])
-            later = ", ".join(pages._number(book, other, here) for other in thread.returns)
-            assert f"begins here and returns in {later}" in book_pages[here]
+            later = ", ".join(thread.returns)
+            unlinked = re.sub(r"\[([\d.]+)\]\([^)]+\)", r"\1", book_pages[document(book.sections[number])])
+            assert f"begins here and returns in {later}" in unlinked
 
 
 def test_exercises_stand_on_the_page_of_their_section(book_pages) -> None:
@@ -273,7 +273,7 @@ readable = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")) |
 def test_escaped_text_is_shown_as_it_is(text: str) -> None:
     text = " ".join(text.split())
     tree = doctree(f"before {md.plain(text)} after")
-    assert " ".join(tree.astext().split()) == " ".join(f"before {text} after".split())
+    assert tree.astext() == f"before {text} after"
     assert not list(tree.findall(nodes.reference)) and not list(tree.findall(nodes.emphasis))
 
 

@@ -47,6 +47,12 @@ def test_a_wrong_list_turns_its_claim_red(monkeypatch, name, variant, claims):
     assert len(failed) == len(claims) and all(text.startswith(claim) for text, claim in zip(failed, claims)), failed
 
 
+def test_a_mixture_that_is_none_turns_the_checkers_claim_red(monkeypatch):
+    monkeypatch.setattr(section, "gpipe", one_f_one_b)
+    [failed] = failed_claims(section.main.run(**SMALL))
+    assert failed.startswith("the checker stops a mixture of 1F1B and GPipe")
+
+
 @pytest.mark.parametrize(("variant", "claims"), [
     (broken.work_with_a_sum, ["all gradients of all schedules"]),
     (broken.work_without_a_weight_gradient, ["all gradients of all schedules"]),

@@ -24,7 +24,7 @@ from hypothesis.extra import numpy as hnp
 from part7_infrastructure.ch33_cluster_scheduling import s33_07_mini_ray as section
 from part7_infrastructure.ch33_cluster_scheduling import s33_07_shortcut_ray_core as shortcut
 from part7_infrastructure.ch33_cluster_scheduling.mini_ray import MiniRay, TaskFailed, pack, seal, segments, unseal
-from shared.errors import UsageError, WorkerFailed
+from shared.errors import ReaderError, UsageError, WorkerFailed
 from tests.part7_infrastructure import broken_ch33_s33_07 as broken
 
 SMALL = dict(workers=2, readers=3, mebibytes=2, tasks=3, repeats=1)
@@ -249,6 +249,12 @@ def test_nothing_is_left_of_a_killed_driver():
     while (segments(name) or any(map(psutil.pid_exists, map(int, pids)))) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert segments(name) == 0 and not any(map(psutil.pid_exists, map(int, pids)))
+
+
+def test_a_system_without_sealed_memory_is_one_line(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(ReaderError, match="mini_ray needs Linux"):
+        MiniRay(1)
 
 
 def test_too_many_workers():
